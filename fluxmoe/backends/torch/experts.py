@@ -32,11 +32,11 @@ from fluxmoe.backends.torch.lock import ForwardLock
 from fluxmoe.backends.torch.names import NAMES
 from fluxmoe.backends.torch.refusals import require_no_export, require_plain
 from fluxmoe.backends.torch.twin import (
+    CUSTOM,
     IMPLEMENTATIONS,
     Arenas,
     Inside,
     Twin,
-    code_of,
     is_plain,
 )
 from fluxmoe.backends.torch.weights.sealed import CLOSE, Gone, Paged
@@ -225,31 +225,28 @@ def _event(
 
 
 def can_run_in_waves(layers: list[torch.nn.Module], implementation: str) -> bool:
-    """Check one layer of each kind with ``require_sound``; return True if all can run in waves.
+    """Check the first layer with ``require_sound``; return True if all layers may run in waves.
 
     Raises:
-        UnsupportedError: See ``require_sound``; or code that the user has set inside the experts
-            depends on the order of its rows, which ``grouped_mm`` changes.
+        UnsupportedError: See ``require_sound``; or a user's code runs inside the experts, and the
+            implementation is ``grouped_mm``, which changes the order of its rows.
     """
-    alone = True
-    for code, layer in {code_of(layer): layer for layer in reversed(layers)}.items():
-        waves = require_sound(layer, implementation).waves
-        if not waves and implementation == "grouped_mm" and not is_plain(code):
-            raise UnsupportedError(
-                f"a module, hook or method inside {type(layer).__name__} computes a row from other "
-                "rows, whose order grouped_mm changes",
-                fix="remove it, or set the experts implementation 'eager'",
-            )
-        alone &= waves
-    return alone
+    plain = all(map(is_plain, layers))
+    if not plain and implementation == "grouped_mm":
+        raise UnsupportedError(
+            f"a module, hook or method inside {type(layers[0]).__name__} is not from transformers, "
+            "and grouped_mm changes the order of its rows",
+            fix=CUSTOM,
+        )
+    return require_sound(layers[0], implementation).waves and plain
 
 
 def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:
     """Check that a layer computes the same results on slots, with ``backends.selfcheck``.
 
     Args:
-        layer: An experts module, which may be on the meta device. One layer of each kind is
-            enough, because models whose layers differ in shape or dtype cannot be paged.
+        layer: An experts module, which may be on the meta device. One layer of a model is enough,
+            because models whose layers differ in shape or dtype cannot be paged.
         implementation: One of ``IMPLEMENTATIONS``.
 
     Raises:

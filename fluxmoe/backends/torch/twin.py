@@ -1,8 +1,8 @@
 """Twins of experts modules, which compute on arenas, and the code that twins can run.
 
 ``grouped_mm`` passes a layer's rows to the activation function in the order of the slots, and waves
-pass them in several calls. The self-check shows that neither changes the result, but only for the
-code that it has run (``Inside``).
+pass them in several calls. Neither changes the results of the modules of transformers, but it may
+change those of a user's hooks, modules and methods inside the experts (``Inside``).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
+from torch.nn.modules import module as every
 
 from fluxmoe.backends import op
 from fluxmoe.backends.sealed import AsComputed
@@ -30,6 +31,12 @@ from transformers.integrations.moe import (
 )
 
 EAGER = "eager"
+
+#: Remedy if a user's code runs inside the experts.
+CUSTOM = (
+    "remove it, or set the experts implementation 'eager' or 'batched_mm' before paging, with "
+    "memory for one layer's experts"
+)
 
 Compute: TypeAlias = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -173,7 +180,7 @@ class ByExpert:
 
 
 class Inside:
-    """The code inside an experts module when it was checked, without the module's own hooks."""
+    """The code inside an experts module when it was paged, without the module's own hooks."""
 
     def __init__(self, experts: torch.nn.Module) -> None:
         self._found = tuple(_code(experts))  # holds the objects, so that no ids are reused
@@ -183,32 +190,50 @@ class Inside:
         found = tuple(_code(experts))
         if len(found) != len(self._found) or not all(map(is_, found, self._found)):
             raise UnsupportedError(
-                f"a module, hook or method inside {type(experts).__name__} was changed, or a "
-                "Dropout was enabled, after the model was paged",
-                fix="change it before paging, or set the experts implementation 'eager' and a "
-                "budget without waves",
+                f"a module, hook or method inside {type(experts).__name__} was changed after the "
+                "model was paged",
+                fix=CUSTOM,
             )
+
+
+def is_plain(experts: torch.nn.Module) -> bool:
+    """Return True if all code inside an experts module is that of transformers."""
+    inside = [module for module in experts.modules() if module is not experts]
+    functions = [
+        *filter(callable, vars(experts).values()),
+        *(hook for module in inside for hook in _hooks(module)),
+        *(each for module in experts.modules() for each in _methods(module)),
+    ]
+    return all(type(module) in _PLAIN for module in inside) and all(map(_is_theirs, functions))
 
 
 def _code(experts: torch.nn.Module) -> Iterator[object]:
     """Yield the objects that decide what runs inside an experts module."""
-    yield from filter(callable, vars(experts).values())
     for module in experts.modules():
-        if module is experts:
-            continue
         yield module
-        yield from module._forward_pre_hooks.values()
-        yield from module._forward_hooks.values()
         yield from filter(callable, vars(module).values())
-        if type(module) not in _PLAIN:
-            yield module.training
+        yield from _methods(module)
+        if module is not experts:
+            yield from _hooks(module)
 
 
-def code_of(experts: torch.nn.Module) -> tuple[object, ...]:
-    """Return a key that is the same for modules in which the same code runs."""
-    return tuple(type(each) if type(each) in _PLAIN else id(each) for each in _code(experts))
+def _hooks(module: torch.nn.Module) -> Iterator[object]:
+    """Yield the hooks that run when a module is called, except those of torch's own tools."""
+    ours = (module._forward_pre_hooks, module._forward_hooks)
+    for hooks in (*ours, every._global_forward_pre_hooks, every._global_forward_hooks):
+        yield from (hook for hook in hooks.values() if not _is_theirs(hook))
 
 
-def is_plain(code: tuple[object, ...]) -> bool:
-    """Return True if a result of ``code_of`` has only activation functions of transformers."""
-    return all(isinstance(each, type) for each in code)
+def _methods(module: torch.nn.Module) -> Iterator[object]:
+    """Yield the functions of a module's classes below ``torch.nn.Module``."""
+    for each in type(module).__mro__:
+        if each is torch.nn.Module:
+            return
+        yield from filter(callable, vars(each).values())
+
+
+def _is_theirs(function: object) -> bool:
+    """Return True if a function is defined in torch or transformers."""
+    inner = getattr(function, "__func__", function)
+    home = getattr(inner, "__globals__", {}).get("__name__") or getattr(inner, "__module__", "")
+    return str(home).partition(".")[0] in ("torch", "transformers")

@@ -10,6 +10,10 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import distribute_module
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,23 +149,28 @@ def methods_set(use: Use) -> Any:
 
 
 def inside_before_paging(use: Use) -> Any:
-    """Each change affects one layer, other than the layer that is always checked."""
+    """Set code inside one layer, which is not the layer that is always checked."""
     found, experts = [], use.experts
-    hook = experts.act_fn.register_forward_hook(lambda module, args, output: output * 2)
     act_fn, gate = experts.act_fn, experts._apply_gate
-    for change in ("nothing", "hook", "module", "method"):
-        use.close()
-        if change == "hook":
-            hook.remove()
-        if change == "module":
-            experts.act_fn = torch.nn.Sequential(act_fn, torch.nn.Dropout(0.5)).eval()
-        if change == "method":
+    for implementation in ("batched_mm", "eager"):
+        for change in ("hook", "module", "method"):
+            use.close()
+            use.model.set_experts_implementation(implementation)
+            hook = None
+            if change == "hook":
+                hook = act_fn.register_forward_hook(lambda module, args, output: output * 2)
+            if change == "module":
+                experts.act_fn = torch.nn.Sequential(act_fn, torch.nn.Dropout(0.5)).train()
+            if change == "method":
+                experts._apply_gate = lambda x: gate(x - x.mean(0))
+            use.page()
+            torch.manual_seed(7)
+            found.append(use.run())
+            use.close()
+            if hook is not None:
+                hook.remove()
             experts.act_fn = act_fn
-            experts._apply_gate = lambda x: 2 * gate(x)
-        use.page()
-        found.append(use.run())
-    use.close()
-    del experts._apply_gate
+            vars(experts).pop("_apply_gate", None)
     use.page()
     return found, use.run()
 
@@ -186,28 +195,42 @@ def inside_while_paged(use: Use) -> None:
     use.refuses(use.run)
     del experts._apply_gate
     use.run()
+    hook = register_module_forward_pre_hook(lambda *_: None)
+    use.refuses(use.run)
+    hook.remove()
+    cls, method = type(experts), type(experts)._apply_gate
+    cls._apply_gate = lambda self, x: method(self, x)
+    try:
+        use.refuses(use.run)
+    finally:
+        cls._apply_gate = method
+    use.run()
 
 
 @pages_itself
-def inside_depends_on_other_rows(use: Use) -> None:
-    experts = use.experts
-    act_fn, gate = experts.act_fn, experts._apply_gate
-    for change in (lambda x: x - x.mean(0), lambda x: x.roll(1, 0)):
-        experts._apply_gate = lambda x, change=change: gate(change(x))
-        use.refuses(use.page)
-        del experts._apply_gate
-        hook = act_fn.register_forward_hook(lambda module, args, out, change=change: change(out))
-        use.refuses(use.page)
-        hook.remove()
-    experts.act_fn = torch.nn.Sequential(act_fn, torch.nn.Dropout(0.5)).train()
+def inside_with_grouped_mm(use: Use) -> None:
+    experts, cls = use.experts, type(use.experts)
+    act_fn, method = experts.act_fn, cls._apply_gate
+
+    def hook(*_: object) -> None: ...
+
+    hooks = [act_fn.register_forward_hook(hook)]
     use.refuses(use.page)
-    experts.act_fn.eval()
-    use.page()
-    use.run()
-    experts.act_fn.train()
-    use.refuses(use.run)
-    use.close()
+    hooks.pop().remove()
+    hooks.append(register_module_forward_hook(hook))
+    use.refuses(use.page)
+    hooks.pop().remove()
+    experts.act_fn = torch.nn.Sequential(act_fn, torch.nn.Dropout(0.0))
+    use.refuses(use.page)
     experts.act_fn = act_fn
+    experts._apply_gate = lambda x: x.chunk(2, dim=-1)[0]
+    use.refuses(use.page)
+    del experts._apply_gate
+    cls._apply_gate = lambda self, x: method(self, x)
+    try:
+        use.refuses(use.page)
+    finally:
+        cls._apply_gate = method
     use.page()
 
 
