@@ -64,10 +64,40 @@ def test_gate_needs_a_router(load: Load) -> None:
     stock = answer(model)
     block = model.model.layers[1].mlp
     gate, block.gate = block.gate, torch.nn.Identity()
-    with pytest.raises(errors.UnsupportedError, match=r"no router `gate`.*another prefetch policy"):
+    with pytest.raises(
+        errors.UnsupportedError, match=r"no router `gate` .*another prefetch policy"
+    ):
         fluxmoe.page(model, half(model), prefetch="gate")
     block.gate = gate
     assert same(answer(model), stock)
+
+
+def test_a_users_router_does_not_run_ahead(load: Load) -> None:
+    """It could draw random numbers or count its calls."""
+    model = load()
+    gate = model.model.layers[1].mlp.gate
+
+    class Noisy(type(gate)):  # type: ignore[misc]
+        def forward(self, hidden: torch.Tensor) -> object:
+            return super().forward(hidden + torch.randn_like(hidden))
+
+    gate.__class__ = Noisy
+    with pytest.raises(errors.UnsupportedError, match="no router `gate`"):
+        fluxmoe.page(model, half(model), prefetch="gate")
+    with (
+        fluxmoe.page(model, half(model)) as paged,
+        pytest.raises(errors.UnsupportedError, match="record without --predict"),
+        paged.record("never.parquet", predict=True),
+    ):
+        pass
+
+
+def test_in_training_mode_nothing_is_predicted(load: Load) -> None:
+    model = load().train()
+    stock = answer(model)
+    with fluxmoe.page(model, half(model), prefetch="gate") as paged:
+        assert same(answer(model), stock)
+        assert paged.stats()["loads_prefetch"] == 0
 
 
 @pytest.mark.slow

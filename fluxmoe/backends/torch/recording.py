@@ -13,6 +13,7 @@ from fluxmoe.backends import op
 from fluxmoe.backends.runtime import Runtime
 from fluxmoe.backends.torch import experts, layout
 from fluxmoe.backends.torch.lock import ForwardLock
+from fluxmoe.backends.torch.twin import has_own_methods
 from fluxmoe.core.types import Phase
 from fluxmoe.errors import UnsupportedError
 from fluxmoe.inventory import TOP_K
@@ -117,7 +118,7 @@ def _note(
 ) -> experts.Note:
     def note(ids: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         predicted = None
-        if router is not None:
+        if router is not None and not router.training:  # a router may draw noise in training
             # This call bypasses the router's hooks, which may collect outputs for its own layer.
             predicted = type(router).forward(router, hidden)[-1]
         elif predict:
@@ -142,8 +143,8 @@ def routers_of(
         router = getattr(block, "gate", None)
         if not isinstance(router, torch.nn.Module) or not _routes(router, layer):
             raise UnsupportedError(
-                f"{type(block).__name__} has no router `gate` that returns expert ids, so the "
-                "next layer's experts cannot be predicted",
+                f"{type(block).__name__} has no router `gate` of transformers that returns expert "
+                "ids, so the next layer's experts cannot be predicted",
                 fix=fix,
             )
         routers.append(router)
@@ -152,7 +153,8 @@ def routers_of(
 
 def _routes(router: torch.nn.Module, layer: torch.nn.Module) -> bool:
     weight = getattr(router, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+    # A user's router could have a state or draw random numbers, so it must not run ahead.
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or not has_own_methods(router):
         return False
     probe = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:

@@ -199,12 +199,17 @@ class Inside:
 def is_plain(experts: torch.nn.Module) -> bool:
     """Return True if all code inside an experts module is that of transformers."""
     inside = [module for module in experts.modules() if module is not experts]
-    functions = [
-        *filter(callable, vars(experts).values()),
-        *(hook for module in inside for hook in _hooks(module)),
-        *(each for module in experts.modules() for each in _methods(module)),
-    ]
-    return all(type(module) in _PLAIN for module in inside) and all(map(_is_theirs, functions))
+    hooks = (hook for module in inside for hook in _hooks(module))
+    return (
+        all(type(module) in _PLAIN for module in inside)
+        and all(map(has_own_methods, experts.modules()))
+        and all(map(_is_theirs, hooks))
+    )
+
+
+def has_own_methods(module: torch.nn.Module) -> bool:
+    """Return True if a module's methods are those of torch or transformers."""
+    return all(map(_is_theirs, (*filter(callable, vars(module).values()), *_methods(module))))
 
 
 def _code(experts: torch.nn.Module) -> Iterator[object]:
