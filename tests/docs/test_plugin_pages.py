@@ -79,4 +79,4 @@ def test_every_option_of_plugin_is_mentioned() -> None:
 
 
 def test_the_api_that_the_page_names_is_the_present_one() -> None:
-    assert f"It is {fluxmoe.PLUGIN_API}." in text("compatibility.md")
+    assert f"version is {fluxmoe.PLUGIN_API}." in text("compatibility.md")
