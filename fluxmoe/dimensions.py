@@ -211,10 +211,11 @@ def _describe(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
         raise _dense(name, architecture)
     sizes = set(pages.values())
     for wrong, detail in (
-        (not experts, f"config.json has none of {', '.join(EXPERTS)}"),
+        (not experts, f"config.json has none of {', '.join(EXPERTS)}, or not a number above 0"),
         (not pages, "no weights of experts have known names"),
         (not layers, "config.json has no num_hidden_layers"),
-        (not top_k, f"config.json has none of {', '.join(TOP_K)}"),
+        (not top_k, f"config.json has none of {', '.join(TOP_K)}, or not a number above 0"),
+        (top_k > experts, f"a token uses {top_k} of {experts} experts"),
         (len(sizes) > 1, "layers have experts of different sizes"),
         (any(size % max(experts, 1) for size in sizes), "the experts of a layer differ in size"),
     ):
@@ -282,7 +283,7 @@ def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
         value = config.get(key)
         if isinstance(value, list) and value:
             value = value[0]
-        if isinstance(value, int) and value:
+        if type(value) is int and value > 0:
             return value
     return 0
 

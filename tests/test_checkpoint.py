@@ -442,6 +442,15 @@ def test_keys_with_any_type(
     assert refused >= {"num_hidden_layers", "hidden_size", "max_position_embeddings", *optional}
 
 
+@pytest.mark.parametrize("top_k", [-1, 0, True, 10**9])
+def test_a_number_of_experts_per_token_that_cannot_be(model: Path, top_k: object) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    text = json.dumps({**settings, "num_experts_per_tok": top_k})
+    (model / "config.json").write_text(text)
+    with pytest.raises(FluxMoEError, match=r"num_experts_per_tok|of 16 experts"):
+        plan.of_checkpoint(model)
+
+
 def test_names(model: Path) -> None:
     assert refused(model / "config.json").what == "the path is a file"
     for wrong in (f"{model}x", "./nothing", "~/nothing", "a/b/c", "two words", "gpt2"):

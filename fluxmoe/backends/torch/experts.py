@@ -225,7 +225,9 @@ def _event(
 
 
 def can_run_in_waves(layers: list[torch.nn.Module], implementation: str) -> bool:
-    """Check the first layer with ``require_sound``; return True if all layers may run in waves.
+    """Check one layer with ``require_sound``; return True if all layers may run in waves.
+
+    If possible, the layer has no code of a user, such as a hook that collects its inputs.
 
     Raises:
         UnsupportedError: See ``require_sound``; or a user's code runs inside the experts, and the
@@ -238,7 +240,8 @@ def can_run_in_waves(layers: list[torch.nn.Module], implementation: str) -> bool
             "and grouped_mm changes the order of its rows",
             fix=CUSTOM,
         )
-    return require_sound(layers[0], implementation).waves and plain
+    layer = next(filter(is_plain, layers), layers[0])
+    return require_sound(layer, implementation).waves and plain
 
 
 def require_sound(layer: torch.nn.Module, implementation: str) -> Checked:

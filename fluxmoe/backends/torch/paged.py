@@ -137,7 +137,7 @@ class PagedModel(Uncopyable):
 
         Args:
             path: Path of the new trace file.
-            weights: Also record the routing weights.
+            weights: Also record the routing weights (not of a compiled model).
             predict: Also record the experts that the next layer's router chooses for this layer's
                 hidden states.
             max_steps: Number of steps after which recording stops.

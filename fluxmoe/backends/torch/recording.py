@@ -123,7 +123,9 @@ def _note(
             predicted = type(router).forward(router, hidden)[-1]
         elif predict:
             predicted = ids[:, :0]
-        return op.note(ids, scores if weights else None, predicted, handle, turn)
+        # Another use of the weights could change how a compiler fuses their computation.
+        noted = weights and not torch.compiler.is_compiling()
+        return op.note(ids, scores if noted else None, predicted, handle, turn)
 
     return note
 
