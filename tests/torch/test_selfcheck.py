@@ -83,3 +83,13 @@ def test_a_kernel_that_fails_without_fluxmoe_too(load: Load) -> None:
     with pytest.raises(UnsupportedError, match=r"even without FluxMoE: .*got Double") as caught:
         fluxmoe.page(model, "4MiB")
     assert "eager" in caught.value.fix
+
+
+def test_a_users_hook_in_another_layer_is_not_called(load: Load) -> None:
+    model = load("qwen3-moe", "eager")
+    called: list[object] = []
+    for layer in (0, 2):
+        act_fn = model.model.layers[layer].mlp.experts.act_fn
+        act_fn.register_forward_hook(lambda *_: called.append(None))
+    with fluxmoe.page(model, "1MiB"):
+        assert called == []
