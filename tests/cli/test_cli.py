@@ -80,7 +80,7 @@ def test_the_table_names_oracles_and_faults(trace, tmp_path):
                        "--plugin", broken, "--contain")  # fmt: skip
     assert "4 layers x 16 experts = 64 pages, 200 events" in printed
     assert "belady is an oracle" in printed and "lru is an oracle" not in printed
-    assert "mru at 16 pages: 16 faults" in printed
+    assert "mru at 16 pages: 16 calls to a policy failed" in printed
 
 
 def test_everything_at_once(trace, plugin, tmp_path):
