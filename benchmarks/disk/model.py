@@ -146,10 +146,12 @@ def write_stacked(model: Path, file: Path) -> Path:
     part = file.with_suffix(".part")
     with part.open("wb") as out:
         for layer in range(config["num_hidden_layers"]):
-            weights = _experts(model, layer, config["num_experts"])
-            both = torch.cat([weights["gate_proj"], weights["up_proj"]], 1)
-            for stacked in (both, weights["down_proj"]):
-                stacked.contiguous().view(torch.uint8).numpy().tofile(out)
+            weights = load_file(model / f"model-{layer:05}.safetensors")
+            gate, up, down = (
+                _stack(weights, layer, name, config["num_experts"]) for name in _EXPERT
+            )
+            for stacked in (torch.cat([gate, up], 1), down):
+                stacked.view(torch.uint8).numpy().tofile(out)
     return part.rename(file)
 
 
@@ -193,11 +195,7 @@ def write_gguf(model: Path, file: Path) -> Path:
         names = dict(_names(layer, config))
         for name, (source, _) in ((_ENDS | names) if layer == 0 else names).items():
             if "_exps" in name:
-                stacked = [
-                    weights[f"model.layers.{layer}.mlp.experts.{i}.{source}.weight"]
-                    for i in range(config["num_experts"])
-                ]
-                weight = torch.stack(stacked)
+                weight = _stack(weights, layer, source, config["num_experts"])
             else:
                 weight = weights[source]
             writer.write_tensor_data(
@@ -242,11 +240,7 @@ def _names(layer: int, config: dict[str, Any]) -> Iterator[tuple[str, tuple[str,
         yield f"{theirs}ffn_{part}_exps.weight", (f"{part}_proj", shape)
 
 
-def _experts(model: Path, layer: int, experts: int) -> dict[str, torch.Tensor]:
-    """Read a layer's experts, stacked by part."""
-    weights = load_file(model / f"model-{layer:05}.safetensors")
+def _stack(weights: dict[str, torch.Tensor], layer: int, part: str, experts: int) -> torch.Tensor:
+    """Stack one part of all experts of a layer, ``[experts, …]``."""
     at = f"model.layers.{layer}.mlp.experts"
-    return {
-        part: torch.stack([weights[f"{at}.{i}.{part}.weight"] for i in range(experts)])
-        for part in _EXPERT
-    }
+    return torch.stack([weights[f"{at}.{i}.{part}.weight"] for i in range(experts)])
